@@ -53,8 +53,8 @@ def cut_off(
     share = asked.with_rows(encoder.num_rows).budget
     weight = methods.table_parameters(table)[0].detach()
     try:
-        given = {"budget": share, "options": {"bits": bits}}
-        layer: Any = methods.build_table("rule", encoder, config.dim, **given)
+        options = {"bits": bits}
+        layer: Any = methods.build_table("rule", encoder, config.dim, budget=share, options=options)
         if share < bits / (8 * weight.itemsize):
             _turn_fields(model, encoder, weight)
         methods.table_parameters(layer)[0].copy_(weight)
