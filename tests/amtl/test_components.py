@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+
 import numpy as np
 import polars as pl
 import pytest
@@ -9,9 +12,11 @@ import torch
 from amtl.errors import UserError
 from amtl.run import folders, methods
 from amtl.run.config import TrainConfig
+from amtl.run.display import print_result
 from amtl.run.metrics import auc
 from amtl.run.model import predict
 from amtl.run.training import start
+from rich.console import Console
 
 ROWS, VALUES = 20_000, 400
 
@@ -95,3 +100,24 @@ def test_what_cannot_be_cut_off(data, tmp_path):
         folders.pack_run(other, tmp_path / "a", budget="0.1")
     with pytest.raises(UserError, match="--budget"):
         folders.pack_run(folder, tmp_path / "a", budget="1B")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, True),
+        ({"bits": "8"}, False),
+        ({"backbone": "deepfm"}, False),
+        ({"method": "rule"}, False),
+    ],
+)
+def test_a_run_says_that_it_may_be_cut_off(data, tmp_path, changes, said):
+    folder = run_of(data, tmp_path / "run", fields=["user", "shop"], epochs=1, **changes)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_result(console, json.loads((folder / "metrics.json").read_text()), folder)
+    assert ("the same with --budget 0.1" in console.export_text()) == said
+    if not said:
+        with pytest.raises(UserError, match="--budget"):
+            folders.pack_run(folder, tmp_path / "a", budget="0.1")
+    else:
+        folders.pack_run(folder, tmp_path / "a", budget="0.1")
