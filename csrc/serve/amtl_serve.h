@@ -9,8 +9,8 @@
  *
  * Functions that can fail return an amtl_status, and amtl_error() says in words what was wrong.
  *
- * What is looked up equals what Python gives on the CPU, bit for bit, but for the order of sums where
- * a table has a basis: see docs/serving.md.
+ * What is looked up equals what Python gives on the CPU, bit for bit, but for the order of sums
+ * where a table has a basis: see docs/serving.md.
  */
 #ifndef AMTL_SERVE_H
 #define AMTL_SERVE_H
