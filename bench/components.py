@@ -34,9 +34,7 @@ IN_COMPONENTS: tuple[int | str | None, ...] = ("auto", None)
 """Bits that either is tried with."""
 
 
-def left_of(
-    model: dropin.ClickModel, task: Task, budgets: Sequence[float] = BUDGETS
-) -> list[dict[str, Any]]:
+def left_of(model: dropin.ClickModel, task: Task, budgets: Sequence[float]) -> list[dict[str, Any]]:
     """Test scores and bytes of a trained model at these budgets, in either coordinates."""
     found = []
     for budget in budgets:
@@ -58,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--also", action="append", default=[], metavar="NAME=DATA:LABEL:FIELDS")
     parser.add_argument("--seeds", default="41,42,43")
     parser.add_argument("--dims", default="16,64")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--std", type=float, default=0.01, help="of the tables' first numbers")
     dropin.Training.add_to(parser, "")
     given = parser.parse_args(argv)
@@ -67,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     torch.set_num_threads(1)
     training = dropin.Training.given(given)
+    budgets = [float(budget) for budget in given.budgets.split(",")]
     for name, (data, label, fields) in sets.items():
         task = None
         for seed in map(int, given.seeds.split(",")):
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     best = dropin.fit(model, task, seed, training)
                     area, loss = dropin.scores(model, task.test)
                     line = {"job": {**job, **training.unusual()}, **best, "test_auc": area}
-                    line |= {"test_logloss": loss, "left": left_of(model, task)}
+                    line |= {"test_logloss": loss, "left": left_of(model, task, budgets)}
                     dense = sum(task.encoder.field_sizes) * dim * 4
                     cpu = round(time.process_time() - started, 1)
                     append(given.out, {**line, "dense_bytes": dense, "cpu": cpu})

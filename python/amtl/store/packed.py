@@ -413,8 +413,9 @@ def write_packed(
             packed[f"layers/{name}/steps"] = layer.steps
         if layer.basis is not None:
             packed[f"layers/{name}/basis"] = layer.basis
-        needs = VERSION if layer.basis is not None else 1
-        version = max(version, needs, _VERSION_OF_16_BITS if layer.options.bits == 16 else 1)
+            version = VERSION
+        if layer.options.bits == 16:
+            version = max(version, _VERSION_OF_16_BITS)
     for key, value in rest.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{key!r} of the state_dict is {kind_of(value)}, not a tensor")
